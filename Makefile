@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 SOURCES := $(VENV)/sources
 
-.PHONY: quickstart test test-cov test-slow soak test-clients test-common lint stubs bench docs docs-serve clean
+.PHONY: quickstart test test-cov test-slow soak proofs test-clients test-common lint stubs bench docs docs-serve clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,11 @@ test-slow: $(VENV)/.installed  ## the longer proofs alone
 KILLS ?= 50
 soak: $(VENV)/.installed  ## translation, MAE and detection, each interrupted at random KILLS times, equal the undisturbed runs
 	HF_TFM_SOAK_KILLS=$(KILLS) $(BIN)/python -m pytest -n 0 -m slow tests/recipes/test_soak.py
+
+PROOFS := tests/recipes/test_divided_recipes.py tests/models/test_parallel_plans.py
+proofs: $(VENV)/.installed  ## every recipe, divided in several ways, equals one process; writes the differences to tests/equality.json
+	$(BIN)/python -m pytest -n 0 -m slow --equality-table tests/equality.json $(PROOFS)
+	$(BIN)/python docs/generate.py
 
 test-clients: $(VENV)/.installed  ## other libraries on models of every family; writes docs/clients.md
 	$(BIN)/python -m pip install --quiet --editable ".[test,clients]"

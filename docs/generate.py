@@ -556,6 +556,18 @@ def checks(page: Path, module: str) -> str:
     return table(("check", "what it looks at"), rows)
 
 
+def equality(page: Path, *ways: str) -> str:
+    """Return the table of the largest differences that some ways of dividing a step make, of losses and of weights."""
+    found = {way: read(ROOT / "tests" / "equality.json")["ways"].get(way, {}) for way in ways}
+
+    def cell(name: str, way: str) -> str:
+        values = found[way].get(name)
+        return f"{values['losses']:.0e}, {values['weights']:.0e}" if values else "-"
+
+    names = dict.fromkeys(name for way in ways for name in found[way])
+    return table(("", *ways), [[name, *(cell(name, way) for way in ways)] for name in names])
+
+
 def published(page: Path, *columns: str) -> str:
     """Return the table of published scores of some columns of published.json, "_" in a name standing for a space."""
     from hf_tfm.hub.external import published_table
@@ -612,7 +624,7 @@ PARTS: dict[str, Callable[..., str]] = {
     one.__name__: one
     for one in (
         *(results, runs, presets, preset_names, options, renamed, elsewhere, resumable, terms, conversions, families),
-        *(configurations, exports, glue, checks, published, leaderboard, students),
+        *(configurations, exports, glue, checks, published, leaderboard, students, equality),
     )
 }
 

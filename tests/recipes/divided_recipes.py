@@ -1,15 +1,25 @@
 """Every recipe on a tiny model, divided in several ways, and the largest difference that a division makes."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
-from accelerate import Accelerator
-from recipe_helpers import fresh_state, write_data
+from accelerate import (
+    Accelerator,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    ParallelismConfig,
+    PartialState,
+)
+from recipe_helpers import fresh_state, history, write_data
 
+from hf_tfm.launcher import create_accelerator
 from hf_tfm.recipe_files import run
+from hf_tfm.training.session import Session
 
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -57,18 +67,31 @@ class Division(NamedTuple):
         processes: their number.
         options: of the recipe.
         accumulates: each process divides its part into micro-batches.
+        copies: groups of processes that each hold a copy of the model, sharded within the group (HSDP).
+        stop: step after which all processes stop as after SIGTERM.
     """
 
     processes: int
     options: tuple[str, ...] = ()
     accumulates: bool = False
+    copies: int = 0
+    stop: int | None = None
 
 
+SHARDED = ("--fsdp", "true")
 WHOLE = Division(1)
 DIVISIONS = {
-    "accumulation": Division(1, accumulates=True),
-    "DDP": Division(2),
-    "FSDP2": Division(2, ("--fsdp", "true")),
+    "accumulation": (Division(1, accumulates=True),),
+    "DDP": (Division(2),),
+    "FSDP2": (Division(2, SHARDED),),
+    "HSDP": (Division(4, copies=2),),
+    # One run, continued by others: on 1, 2, 3 and again 1 process.
+    "resumed": (
+        Division(1, stop=1),
+        Division(2, accumulates=True, stop=2),
+        Division(3, SHARDED, stop=3),
+        Division(1, accumulates=True),
+    ),
 }
 
 
@@ -166,7 +189,6 @@ RUNS = {
         "--generation_batch_size 8 --max_new_tokens 8 --max_train_samples 32",
     ),
 }
-REFUSED = {("PPO", "FSDP2")}
 
 
 def folder_of(name: str) -> str:
@@ -194,16 +216,39 @@ def train(name: str, folder: Path, division: Division = WHOLE) -> None:
         words += ["--dataset_name", str(write_data(folder.parent / "pairs"))]
     if name.endswith(" student"):
         words += ["--costs", "false"]
-    try:
-        run(recipe, [*words, "--output_dir", str(folder / folder_of(name))])
-    except SystemExit as end:
-        assert not end.code, end.code
+    with patch.object(Session, "step", stopping(division.stop)):
+        try:
+            run(recipe, [*words, "--output_dir", str(folder / folder_of(name))])
+        except SystemExit as end:
+            assert not end.code, end.code
+
+
+def stopping(last: int | None):
+    """Return `Session.step` that stops the run after step ``last``, as SIGTERM does."""
+    step = Session.step
+
+    def stops(self: Session, *args) -> None:
+        step(self, *args)
+        self.stopped = self.stopped or self.progress.step == last
+
+    return stops
+
+
+def shard_in_groups(processes: int, copies: int) -> None:
+    """Configure accelerate for HSDP, as the variables of its launch file do where there are GPUs."""
+    state = create_accelerator().state
+    PartialState().distributed_type = DistributedType.FSDP
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    sizes = {"dp_replicate_size": copies, "dp_shard_size": processes // copies}
+    state.parallelism_config = ParallelismConfig(**sizes)
 
 
 def main(folder: Path, names: Sequence[str], division: Division) -> None:
     """Code of every rank."""
     torch.set_num_threads(1)
     Accelerator.end_training = lambda self: None  # keeps the process group for the next run
+    if division.copies:
+        shard_in_groups(division.processes, division.copies)
     for name in names:
         train(name, folder, division)
     torch.distributed.destroy_process_group()
@@ -214,3 +259,11 @@ def train_alone(folder: Path, names: Sequence[str], division: Division = WHOLE) 
     for name in names:
         fresh_state()
         train(name, folder, division)
+
+
+def loss_difference(one: Path, other: Path) -> float:
+    """The largest difference of the losses of a step, relative to those above 1."""
+    pairs = zip(history(one), history(other), strict=True)
+    losses = [(a["loss"], b["loss"]) for a, b in pairs if "loss" in a]
+    assert len(losses) == 4 and all(math.isfinite(loss) for pair in losses for loss in pair)
+    return max(abs(a - b) / max(1.0, abs(a)) for a, b in losses)
