@@ -61,11 +61,13 @@ def test_control_has_the_number_of_clusters_of_the_hashes():
 def test_measurements_say_what_the_documentation_does():
     """docs/tasks/object_detection.md, "Clustered attention in the encoder"."""
     results = report.load("clustered_attention")
-    rows, speed = results["accuracy"]["256 px"], results["speed"]
+    rows = results["accuracy"]["384 px"]
     exact = rows["exact"]
-    assert rows["L 32, r 8"]["AP"] > exact["AP"] - 0.5 and rows["L 20, r 8"]["AP"] < exact["AP"] - 2
-    gains = [speed[f"{cells} cells, fp32"]["speedup"]["L 32"] for cells in (1024, 2048, 4096)]
-    assert gains[0] < 2 < gains[1] < gains[2]
+    assert "2304 cells, fp32" in results["speed"]
+    settings = [row for name, row in rows.items() if name.startswith("L ")]
+    fast = [row["AP"] for row in settings if 2 * row["milliseconds"] < exact["milliseconds"]]
+    assert max(fast) < exact["AP"] - 0.5
+    assert rows["L 32, r 8"]["AP"] < exact["AP"] - 5 < rows["L 32, r 4"]["AP"]
     few = rows["k-means as L 16, r 8"]
-    assert few["AP"] > exact["AP"] - 0.5 and 5 * few["clusters"][0] < rows["L 32, r 8"]["clusters"][0]
+    assert few["AP"] > rows["L 16, r 8"]["AP"] + 10
     assert few["milliseconds"] > exact["milliseconds"]
