@@ -294,8 +294,11 @@ def test_categories_unknown_to_training_are_refused(splits, tmp_path):
 # --- options
 
 
+KEPT = ("num_queries", "nms_threshold")
+
+
 def test_a_preset_for_a_backbone_also_serves_a_saved_detector(capsys):
-    """--model_name_or_path replaces what the preset says about a new model, except for the number of queries."""
+    """--model_name_or_path replaces what the preset says about a new model, except for two fields."""
 
     def parse(*words):
         recipe = ROOT / "recipes" / "detection_train.py"
@@ -304,7 +307,7 @@ def test_a_preset_for_a_backbone_also_serves_a_saved_detector(capsys):
     new, other, saved = parse(), parse("--backbone", "resnet18"), parse("--model_name_or_path", "x")
     assert new.pretrained_backbone and new.model["backbone"] == "tf_efficientnet_lite0"
     assert other.pretrained_backbone and other.model["backbone"] == "resnet18"
-    assert new.model["backbone_norm"] == "frozen" and saved.model == {"num_queries": new.model["num_queries"]}
+    assert new.model["backbone_norm"] == "frozen" and saved.model == {name: new.model[name] for name in KEPT}
     assert new.rate_factors["backbone"] == 0.4 and saved.rate_factors == {}, "DETR has no reference_points"
     assert (saved.model_name_or_path, saved.backbone, saved.pretrained_backbone) == ("x", None, False)
     chosen = parse("--model_name_or_path", "x", "--model.dropout", "0.2", "--rate_factors", "{backbone: 0.5}")
