@@ -2,8 +2,8 @@
 
 python -m benchmarks clustered_attention --model runs/digit-scenes-stride8
 
-The detector is that of recipes/presets/detection_train/digits_stride8.yaml: 256 pixels are 1,024 cells. Queries, keys
-and values for 2,048 and 4,096 cells are those of two and of four scenes side by side. K-means with as many clusters in
+The detector is that of recipes/presets/detection_train/digits_stride8.yaml: 384 pixels are 2,304 cells. Queries, keys
+and values for 4,608 and 9,216 cells are those of two and of four scenes side by side. K-means with as many clusters in
 each head is the control: the same attention with clusters that take longer to find.
 """
 
@@ -183,7 +183,7 @@ def main(
     dataset: str = "digit-scenes",
     split: str = "test",
     samples: int | None = None,
-    sizes: tuple[int, ...] = (256,),
+    sizes: tuple[int, ...] = (384,),
     rounds_of_hashes: tuple[int, ...] = (8, 12, 16, 20, 24, 32),
     widths: tuple[float, ...] = (2.0, 4.0, 8.0),
     speed_width: float = 8.0,

@@ -1,4 +1,4 @@
-"""What the training engine costs beside a plain loop over the same model.
+"""Overhead of the training engine over a plain loop with the same model.
 
 python -m benchmarks engine_overhead
 

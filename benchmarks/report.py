@@ -498,7 +498,7 @@ def attention_methods(results: dict) -> str:
 
 
 def streams(results: dict) -> str:
-    """What streams cost."""
+    """Cost of streams."""
     names = list(next(iter(results["results"].values())))
     rows = [(kind, *row.values()) for kind, row in results["results"].items()]
     images, dealing, memory = (results[part] for part in ("images", "dealing", "memory"))
@@ -543,14 +543,14 @@ also counts how much slower the steps beside the write are.
 
 
 def engine_overhead(results: dict) -> str:
-    """What the engine adds to a step."""
+    """Overhead of the engine in a step."""
     rows = [
         (size, f"{r['parameters'] / 1e6:.1f}", *r["seconds_per_step"].values(), f"{r['overhead']:.1%}")
         for size, r in results["sizes"].items()
     ]
     return "\n\n".join(
         [
-            "## What the engine adds to a step",
+            "## Overhead of the engine in a step",
             f"The same batches of {results['batch_size']} pairs of {results['length']} tokens, loss, clipping, fused "
             "Adam and schedule in a plain loop and in the engine, which also counts, seeds, checks and logs. On a "
             "CPU, seconds of the process.",

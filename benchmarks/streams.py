@@ -1,4 +1,4 @@
-"""What streams cost: start and resume, images per second, dealing to many ranks, and memory.
+"""Cost of streams: start and resume, images per second, dealing to many ranks, and memory.
 
 python -m benchmarks streams
 

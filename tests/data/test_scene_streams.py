@@ -70,7 +70,7 @@ def loader_of(stream, **options):
 
 
 def content(steps):
-    """What is trained on, by step: image id, boxes, classes and the sum of the pixels of every image."""
+    """Training data by step: image id, boxes, classes and the sum of the pixels of every image."""
     return [
         [
             (
